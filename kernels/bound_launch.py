@@ -42,8 +42,8 @@ class BoundCall:
     repeatable: bool = True
 
     def takes(self, *sources: torch.Tensor) -> bool:
-        """True if the kernels are right for these inputs: they fit and are aligned."""
-        return self.fits(*sources) and all(map(is_aligned, sources))
+        """True if the kernels are right for these inputs: they fit, have memory, and are aligned."""
+        return self.fits(*sources) and all(source.data_ptr() and is_aligned(source) for source in sources)
 
     def fits(self, *sources: torch.Tensor) -> bool:
         """True if there are as many inputs as in the call, in the same forms and on its device."""

@@ -130,7 +130,7 @@ class NMLinear(PackedLinear):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """As in ``nn.Module``, but invalid metadata or values are not loaded, and ``load_state_dict`` raises."""
         meta = state_dict.get(f"{prefix}meta")
-        if meta is not None and meta.shape == self.meta.shape:
+        if isinstance(meta, torch.Tensor) and meta.shape == self.meta.shape:
             try:
                 check_meta_dtype(meta)
                 # The code that fills an empty layer checks it after all tensors are loaded.
@@ -140,7 +140,7 @@ class NMLinear(PackedLinear):
                 errors: list[str] = rest[-1]
                 errors.append(f"{prefix}meta: {error}")
                 return
-        why_not = why_not_loaded(state_dict, prefix, self.values, self.absmax, self._made().kept_of_a_row)
+        why_not = why_not_loaded(state_dict, prefix, rest[0], self.values, self.absmax, self._made().kept_of_a_row)
         if why_not is not None:
             errors = rest[-1]
             errors.append(why_not)

@@ -66,7 +66,7 @@ class PackedLinear(nn.Module):
     def packed(self) -> Packed:
         """The packed weight for the kernels; it shares the buffers. It is made again if a buffer was replaced."""
         packed, buffers = self._packed, self._buffers
-        if packed is None or any(getattr(packed, name) is not buffer for name, buffer in buffers.items()):
+        if packed is None or any(getattr(packed, name, buffer) is not buffer for name, buffer in buffers.items()):
             packed = self._packed = self._made()
         return packed
 
@@ -132,7 +132,7 @@ class PackedLinear(nn.Module):
         rows, bias = tokens.reshape(-1, self.in_features), self._parameters["bias"]
         if torch.compiler.is_compiling():
             outputs = self._traced(rows, bias)
-        elif _is_differentiated(rows) or (bias is not None and _is_differentiated(bias)):
+        elif _is_transformed(rows, bias):
             outputs = _Differentiable.apply(rows, bias, self.packed, self.limits)
         else:
             outputs = multiply(rows.resolve_neg(), self.packed, bias, self.limits)
@@ -179,6 +179,13 @@ class PackedLinear(nn.Module):
 def _check_tokens(tokens: torch.Tensor, in_features: int, dtype: torch.dtype) -> None:
     if not tokens.dim() or tokens.shape[-1] != in_features or tokens.dtype != dtype:
         raise ArgumentError(f"tokens must be [..., {in_features}] {dtype}, got {tuple(tokens.shape)} {tokens.dtype}")
+
+
+def _is_transformed(tokens: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """True if derivatives flow through a call, or a transform such as vmap wraps its tensors."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return _is_differentiated(tokens) or (bias is not None and _is_differentiated(bias))
 
 
 def _is_differentiated(tensor: torch.Tensor) -> bool:

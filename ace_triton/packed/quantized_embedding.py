@@ -78,7 +78,7 @@ class QuantizedEmbedding(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """As in ``nn.Module``, but for invalid values and those of other bits ``load_state_dict`` raises."""
-        why_not = why_not_loaded(state_dict, prefix, self.values, self.absmax, self.embedding_dim)
+        why_not = why_not_loaded(state_dict, prefix, rest[0], self.values, self.absmax, self.embedding_dim)
         if why_not is not None:
             errors: list[str] = rest[-1]
             errors.append(why_not)

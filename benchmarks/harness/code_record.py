@@ -18,7 +18,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITCallable, JITFunction
 
 from . import disassembly
 from .disassembly import MachineCode
@@ -31,6 +31,9 @@ class CodeRecord:
     Args:
         path: the file. It need not exist.
 
+    Raises:
+        ValueError: if the file is not a record.
+
     Attributes:
         compiled: kernels that were compiled.
         reused: kernels that were read from the file.
@@ -39,7 +42,7 @@ class CodeRecord:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.compiled = self.reused = 0
-        self._entries: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+        self._entries = _entries_of(path) if path.exists() else {}
         self._asked: set[str] = set()
 
     def code(self, label: str, launch: JitLaunch, target: GPUTarget) -> MachineCode:
@@ -90,14 +93,17 @@ def digest_of(kernel: JITFunction, specialised: Specialised, target: GPUTarget) 
 
 
 def sources(kernel: JITFunction) -> Iterator[str]:
-    """Source of a kernel and of every function of ours that it calls, each once, and the constants that they name."""
+    """Source of a kernel and of every function of ours that it calls, each once, and the constants that they name.
+
+    Functions that compute constants while a kernel is compiled are among them.
+    """
     found: set[object] = set()
     left: list[object] = [kernel]
     while left:
         value = left.pop()
         if isinstance(value, tl.constexpr):
             yield str(value)
-        elif isinstance(value, JITFunction) and id(value) not in found and not _is_tritons(value):
+        elif isinstance(value, JITCallable) and id(value) not in found and not _is_tritons(value):
             found.add(id(value))
             yield without_comments(value.src)
             left += _named_in(value)
@@ -112,7 +118,7 @@ def without_comments(source: str) -> str:
     return ast.unparse(tree)
 
 
-def _named_in(function: JITFunction) -> Iterator[object]:
+def _named_in(function: JITCallable) -> Iterator[object]:
     """The globals that a function names, and attributes of modules."""
     for node in ast.walk(ast.parse(function.src)):
         if isinstance(node, ast.Name):
@@ -123,9 +129,23 @@ def _named_in(function: JITFunction) -> Iterator[object]:
                 yield getattr(module, node.attr, None)
 
 
-def _is_tritons(function: JITFunction) -> bool:
+def _is_tritons(function: JITCallable) -> bool:
     """True for a function of Triton itself, whose version is in the digest."""
     return function.__module__.partition(".")[0] == "triton"
+
+
+def _entries_of(path: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a record by kernel; ValueError if the file is damaged."""
+    try:
+        entries: dict[str, dict[str, Any]] = json.loads(path.read_text())
+        for entry in entries.values():
+            _from_json(entry)
+            entry["digest"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a record of machine code ({error}): restore it, or remove it to compile all kernels again"
+        ) from error
+    return entries
 
 
 def _to_json(code: MachineCode) -> dict[str, Any]:

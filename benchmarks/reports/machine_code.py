@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -140,10 +140,14 @@ def over_tokens(launch: JitLaunch, code: MachineCode, n_tokens: int) -> Counter[
 
 
 def recorded(case: Case, target_name: str, record: CodeRecord) -> tuple[JitLaunch, MachineCode]:
-    """As :func:`kernel_of`, compiled only if the record does not hold the machine code."""
+    """As :func:`kernel_of`, compiled only if the record does not hold the machine code.
+
+    The launch is without its arguments: the tensors of all cases and targets do not fit in memory together.
+    """
     target = gpu_target(target_name)
     launch = launches_on(target, case.call)[case.launch]
-    return launch, record.code(f"{case.name}, {_name(case.dtype)}, {target_name}", launch, target)
+    code = record.code(f"{case.name}, {_name(case.dtype)}, {target_name}", launch, target)
+    return replace(launch, arguments=()), code
 
 
 def one_pass_lines(record: CodeRecord, dtype: torch.dtype = torch.bfloat16) -> Iterator[str]:

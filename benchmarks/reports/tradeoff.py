@@ -81,6 +81,7 @@ def main(
     if show is not None:
         choose_shown(content, show)
         write_json(out / "tradeoff.json", content)
+        write(out, content)
     if listed:
         for entry in all_forms:
             console.print(f"{entry}: {state_of(content, name, entry)}", highlight=False, soft_wrap=True)

@@ -15,9 +15,9 @@ from triton.backends.compiler import GPUTarget
 from ace_triton.kernels.backend import interpreting
 from benchmarks.harness.block_cases import block_cases
 from benchmarks.harness.code_record import CodeRecord, digest_of
-from benchmarks.harness.jit_launches import JitLaunch
+from benchmarks.harness.jit_launches import JitLaunch, launches_on
 from benchmarks.harness.kernel_cases import every_case
-from benchmarks.reports.machine_code import compiled
+from benchmarks.reports.machine_code import compiled, recorded
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are not compiled in the interpreter")
 
@@ -30,9 +30,14 @@ import triton.language as tl
 FACTOR = tl.constexpr(2)
 
 
+@triton.constexpr_function
+def one_less(number):
+    return number - 1
+
+
 @triton.jit
 def scaled(x):
-    return x * FACTOR
+    return x * FACTOR + one_less(FACTOR)
 
 
 @triton.jit
@@ -74,7 +79,13 @@ def test_what_does_not_reach_the_compiler_is_left_out(tmp_path, old, new):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("mask=i < n)), mask", "mask=i < n, other=1)), mask"), ("x *", "x +"), ("expr(2)", "expr(3)")]
+    ("old", "new"),
+    [
+        ("mask=i < n)), mask", "mask=i < n, other=1)), mask"),
+        ("x *", "x +"),
+        ("expr(2)", "expr(3)"),
+        ("number -", "number +"),
+    ],
 )
 def test_a_change_of_a_kernel_a_function_or_a_constant_counts(tmp_path, old, new):
     assert old in SOURCE
@@ -121,6 +132,55 @@ def test_a_changed_kernel_replaces_its_entry(tmp_path):
     second.forget_others()
     second.write()
     assert file.read_text().count("digest") == 1
+
+
+@pytest.mark.parametrize(
+    "damaged", ["", "{", "[]", "<<<<<<< HEAD\n{}", '{"kernel": 3}', '{"kernel": {"digest": "0"}}', '{"kernel": {}}']
+)
+def test_a_damaged_file_is_named_and_kept(tmp_path, damaged):
+    file = tmp_path / "record.json"
+    file.write_text(damaged)
+    with pytest.raises(ValueError, match=r"record\.json is not a record of machine code .*: restore it, or remove it"):
+        CodeRecord(file)
+    assert file.read_text() == damaged
+
+
+def test_an_entry_without_its_digest_is_damage(tmp_path):
+    file = tmp_path / "record.json"
+    record = CodeRecord(file)
+    record.code("kernel", launch(module(tmp_path)), HOPPER)
+    record.write()
+    file.write_text(file.read_text().replace("digest", "other"))
+    with pytest.raises(ValueError, match="is not a record of machine code"):
+        CodeRecord(file)
+
+
+def test_a_run_that_is_killed_while_it_writes_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "record.json"
+    record = CodeRecord(file)
+    record.code("kernel", launch(module(tmp_path)), HOPPER)
+    record.write()
+    before = file.read_text()
+
+    def killed(partial: Path, text: str) -> None:
+        with partial.open("w") as stream:
+            stream.write(text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            record.write()
+    assert file.read_text() == before
+    CodeRecord(file)
+
+
+def test_launches_of_the_report_hold_no_tensors(tmp_path, monkeypatch):
+    case = next(case for case in every_case() if case.name == "token_norms")
+    monkeypatch.setattr(CodeRecord, "code", lambda *_: None)
+    found, _ = recorded(case, "sm_90", CodeRecord(tmp_path / "record.json"))
+    assert found.arguments == ()
+    assert found.grid == launches_on(HOPPER, case.call)[case.launch].grid
 
 
 def test_no_two_cases_of_the_report_share_a_name():

@@ -230,6 +230,8 @@ def test_the_shown_machine_must_be_one_with_speeds(tmp_path):
     tradeoff.main(show=title(OTHER), out=tmp_path)
     assert read(tmp_path) == {**content, "shown": title(OTHER)}
     assert ">speeds: a processor, avx512</text>" in (tmp_path / PICTURE).read_text()
+    tradeoff.main(show=title(MACHINE), listed=True, out=tmp_path)
+    assert ">speeds: a processor, avx2</text>" in (tmp_path / PICTURE).read_text()
     with pytest.raises(typer.BadParameter, match=r"must be a machine .*'a processor, avx2'; 'a processor, avx512'"):
         tradeoff.main(show="another", out=tmp_path)
 

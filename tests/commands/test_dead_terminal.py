@@ -22,12 +22,19 @@ HANG_UP = 128 + signal.SIGHUP
 
 
 def lead_the_terminal() -> None:
-    """Make stdin the controlling terminal of this process, which then gets SIGHUP if the terminal is gone."""
+    """Make stdin the controlling terminal of this process, which then gets SIGHUP if the terminal is gone.
+
+    A process that nohup started ignores SIGHUP, and so do its children.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def run_until(seen: str, words: list[str], *, leads: bool) -> int:
-    """Run a command in a terminal of its own, which is gone once its output matches ``seen``: the exit status."""
+    """Run a command in a terminal of its own, which is gone once its output matches ``seen``: the exit status.
+
+    The command never outlives this function.
+    """
     ours, its = pty.openpty()
     code = "import sys; from ace_triton.commands.cli import main; sys.argv[0] = 'ace-triton'; main()"
     run = subprocess.Popen(
@@ -39,14 +46,23 @@ def run_until(seen: str, words: list[str], *, leads: bool) -> int:
         preexec_fn=lead_the_terminal if leads else None,
     )
     os.close(its)
+    try:
+        wait_for(seen, ours)
+        os.close(ours)
+        return run.wait(120)
+    finally:
+        run.kill()
+        run.wait()
+
+
+def wait_for(seen: str, terminal: int) -> None:
+    """Read a command's output until it matches ``seen``; the test fails if the command ends before."""
     output = ""
     while not re.search(seen, output):
         try:
-            output += os.read(ours, 4096).decode(errors="replace")
+            output += os.read(terminal, 4096).decode(errors="replace")
         except OSError as error:  # EIO: it has ended.
             pytest.fail(f"it ended before {seen!r} ({error}): {output}")
-    os.close(ours)
-    return run.wait(120)
 
 
 @pytest.fixture

@@ -248,6 +248,17 @@ def test_a_call_by_unaligned_values_is_bound_once_they_are_aligned(gpu, through_
     assert len(through_jit) == 3
 
 
+@pytest.mark.parametrize("name", ["values", "bias"])
+def test_a_part_whose_memory_was_freed_is_not_read(gpu, name):
+    layer, tokens = packed_layer(form="2:4 in 8"), torch.randn(1, 1024, dtype=torch.bfloat16)
+    layer(tokens)
+    layer(tokens)
+    getattr(layer, name).untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="has no memory"):
+        layer(tokens)
+    assert len(gpu.launches) == 2
+
+
 def test_bound_launches_keep_no_memory(gpu):
     layer, tokens = packed_layer(), torch.randn(1, 1024, dtype=torch.bfloat16)
     layer(tokens)

@@ -71,6 +71,19 @@ def test_transforms_of_torch_func(pair, transform):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_vmap_needs_no_gradients(pair, grad):
+    """Of tokens, of tokens by a layer without parameters, and of biases."""
+    dense, packed = pair
+    tokens, biases = torch.randn(4, 5, 32), torch.randn(3, 24)
+    with torch.set_grad_enabled(grad):
+        same(torch.vmap(packed)(tokens), dense(tokens))
+        found = torch.vmap(lambda bias: torch.func.functional_call(packed, {"bias": bias}, (tokens,)))(biases)
+        same(found, dense(tokens) - dense.bias + biases[:, None, None])
+        packed.bias = None
+        same(torch.vmap(torch.vmap(packed))(tokens), dense(tokens) - dense.bias)
+
+
 def test_a_gradient_can_be_differentiated_again(pair):
     twice = []
     for layer in pair:

@@ -73,3 +73,36 @@ def test_other_bits_and_other_shapes_are_named(made):
     state["values"] = state["values"][:-1]
     with pytest.raises(RuntimeError, match="size mismatch for values"):
         layer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("made", [nm_linear, dense_linear, embedding])
+def test_scales_that_the_layers_dtype_cannot_hold_are_refused_unless_they_are_assigned(made):
+    layer = made(8).half()
+    state = layer.state_dict()
+    state["absmax"] = state["absmax"].float() * 1e7
+    with pytest.raises(
+        RuntimeError, match=r"absmax exceed the range of torch\.float16: load them into a layer in .*32"
+    ):
+        layer.load_state_dict(state)
+    assert bool(layer.absmax.isfinite().all())
+    layer.load_state_dict(state, assign=True)
+    assert torch.equal(layer.absmax, state["absmax"])
+
+
+@pytest.mark.parametrize("made", [nm_linear, dense_linear, embedding])
+@pytest.mark.parametrize("assign", [False, True])
+def test_scales_in_other_dtypes_are_refused(made, assign):
+    layer = made(8)
+    for dtype in (torch.int32, torch.float64, torch.complex64):
+        state = layer.state_dict() | {"absmax": layer.absmax.to(dtype)}
+        with pytest.raises(RuntimeError, match=rf"absmax are {dtype}, but must be float32, float16 or bfloat16"):
+            layer.load_state_dict(state, assign=assign)
+
+
+@pytest.mark.parametrize("made", [nm_linear, dense_linear, embedding])
+@pytest.mark.parametrize("given", [None, [1, 2], "text"])
+def test_what_is_no_tensor_is_reported_by_torch(made, given):
+    layer = made(4)
+    for name in set(layer.state_dict()) - {"bias"}:
+        with pytest.raises(RuntimeError, match=f"{name}.*expected torch.Tensor or Tensor-like object"):
+            layer.load_state_dict(layer.state_dict() | {name: given})

@@ -11,7 +11,7 @@ from torch import nn
 from ace_triton import NMLinear, PackedLinear, PackedWeightError, RowLimits, prune_linear
 from ace_triton.kernels import cpu_library
 from ace_triton.kernels.backend import ENVIRONMENT_VARIABLE, SlowBackendWarning, warn_of_slow_backend
-from ace_triton.kernels.pack_nm import PatternError
+from ace_triton.kernels.pack_nm import PatternError, pack_nm
 from ace_triton.packed import dispatch, kernel, unpacked
 from ace_triton.packed.dispatch import choose_product, copy_limits, default_limits, multiply
 from ace_triton.packed.quantized_linear import QuantizedLinear
@@ -423,6 +423,30 @@ def test_a_state_dict_whose_metadata_do_not_fit_is_refused(assign, change, messa
     with pytest.raises(RuntimeError, match=rf"0\.meta: .*{message}"):
         model.load_state_dict(state, assign=assign)
     assert torch.equal(model[0].unpack(), before)
+
+
+def test_a_weight_of_int8_loads_its_own_state_and_no_floats():
+    weights = torch.arange(1, 9, dtype=torch.int8).repeat_interleave(4).view(2, 16) * torch.tensor([1, 0, 1, 0]).repeat(
+        4
+    )
+    layer, other = (NMLinear(pack_nm(weight.to(torch.int8), 2, 4)) for weight in (weights, -weights))
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer.unpack(), -weights)
+    floats = NMLinear(pack_nm(weights.float(), 2, 4))
+    for one, state in ((layer, floats.state_dict()), (floats, layer.state_dict())):
+        with pytest.raises(RuntimeError, match="load the weights into a layer with the same bits"):
+            one.load_state_dict(state)
+
+
+def test_a_layer_may_have_buffers_of_its_user():
+    packed, tokens = packed_linear(pruned_linear(24, 32)), torch.randn(3, 32)
+    expected = packed(tokens)
+    packed.register_buffer("calls", torch.zeros(()))
+    assert torch.equal(packed(tokens), expected)
+    kept = packed.packed
+    packed.calls = packed.calls + 1
+    assert torch.equal(packed(tokens), expected)
+    assert packed.packed.values is kept.values
 
 
 def test_metadata_keep_their_dtype_whatever_the_module_is_cast_to():

@@ -14,12 +14,12 @@ from ace_triton.recovery.stored import as_stored
 MOST = torch.finfo(torch.float16).max
 
 
-def test_finite_values_beyond_the_range_become_its_largest_number():
+def test_finite_values_beyond_the_range_become_its_largest_number_and_others_stay():
     values = torch.tensor([70_000.0, -80_000.0, 65_504.0, 1.5, float("inf"), float("nan")])
     with pytest.warns(UserWarning, match=r"^w: 2 trained values are beyond 65,504, the largest number of .*float16"):
         stored = as_stored("w", values, torch.float16)
     assert stored.dtype == torch.float16
-    assert stored[:5].tolist() == [MOST, -MOST, MOST, 1.5, MOST]
+    assert stored[:5].tolist() == [MOST, -MOST, MOST, 1.5, float("inf")]
     assert bool(stored[5].isnan())
 
 
