@@ -38,8 +38,9 @@ from ..progress import progress_bar, stage
 from ..provenance import name_of, with_provenance
 from ..solvers.quantize import GROUP
 from ..sparsity import Sparsity
+from ..timing import Moment
 from . import report
-from .console import console, print_backend, print_line, progress_bars
+from .console import console, print_backend, print_line, print_note, progress_bars
 from .options import (
     DTYPES,
     BitsOption,
@@ -66,6 +67,9 @@ PROMPT_TOKENS = 16
 
 LEAST_PACKED_ZEROS = 1 / 32
 """Least share of zeros in a layer that packs: m of n:m is at most 32."""
+
+LEAST_SHARE = 0.8
+"""Least CPU time of the process over wall-clock time at which the times of a CPU are taken as undisturbed."""
 
 COUNT, LARGEST = r"[1-9]\d{0,8}", 10**9 - 1
 
@@ -121,7 +125,8 @@ def bench(
     if tokens is not None:
         if model is None:
             raise ArgumentError("--tokens decodes with a whole model: name it with --model")
-        _time_decoding(model, tokens, weights_dtype, where, trust_remote_code, json, fuse, input_bits)
+        few = parse_bits(bits, group)
+        _time_decoding(model, tokens, weights_dtype, where, trust_remote_code, json, fuse, input_bits, few, group)
         return
     if fuse:
         raise ArgumentError("--fuse: for decoding with a whole model: add --tokens")
@@ -132,17 +137,19 @@ def bench(
             raise ArgumentError(f"--bits needs a pattern n:m, as --sparsity 8:16; got --sparsity {sparsity}")
         kinds = [dataclasses.replace(kind, bits=parse_bits(bits, group), group=0 if bits is None else group)]
     else:
-        _check_model(model)
+        _check_model(model, bits)
     print_backend(where)
     with progress_bars() as progress:
         if model is not None:
             kinds = _kinds(model, weights_dtype, trust_remote_code, parse_bits(bits, group), group, progress)
+        started = Moment.now()
         found = [
             bench_layer(
                 kind, where, rows=counts, progress=progress_bar(progress, f"bench {kind.shape}", "numbers of rows")
             )
             for kind in kinds
         ]
+        elapsed = started.since()
     if json:
         content = {
             "input_bits": input_bits,
@@ -156,6 +163,7 @@ def bench(
     _show_refusals(found)
     if model is not None:
         _show_totals(found)
+    _note_other_work(*elapsed, where)
 
 
 def _time_decoding(
@@ -167,20 +175,24 @@ def _time_decoding(
     json: Path | None,
     fused: bool,
     input_bits: int | None,
+    bits: int | None,
+    group: int,
 ) -> None:
     """Time decoding with a model and its dense copy, and print and write the times."""
-    _check_model(source)
+    _check_model(source, bits)
     check_length(source, tokens + PROMPT_TOKENS, "--tokens")
     print_backend(device)
     with progress_bars() as progress:
         with stage(progress, "load the model"):
             model, tokenizer = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
             if not any(isinstance(module, PackedLinear) for module in model.modules()):
-                sparsify(model)
+                sparsify(model, bits=bits, group=group)
             if fused:
                 fuse_packed(model, source)
         ids = prompt_ids(tokenizer, read_documents("pydoc:evaluation", most=1)[0])[:PROMPT_TOKENS]
+        started = Moment.now()
         found = decoding_times(model, tokenizer, ids, tokens, progress=progress_bar(progress, "decode", "texts"))
+        elapsed = started.since()
     facts = {"dtype": str(model.dtype).removeprefix("torch."), "device": device, "threads": torch.get_num_threads()}
     facts |= {"fused": fused, "input_bits": input_bits}
     if json:
@@ -203,6 +215,7 @@ def _time_decoding(
     print_line(f"packed is {faster:.2f} times as fast as dense, both in transformers")
     print_line(f"tokens before the first difference: {found.same_tokens} of {tokens}")
     _show_step(found)
+    _note_other_work(*elapsed, device)
 
 
 def _show_step(found: DecodingTimes) -> None:
@@ -230,9 +243,29 @@ def _show_step(found: DecodingTimes) -> None:
     )
 
 
-def _check_model(source: str) -> None:
-    """Raise an AceError if a model cannot be timed, before it is loaded if that is known."""
+def _note_other_work(wall: float, cpu: float, device: str) -> None:
+    """Print a note if the process waited for a processor so long that the times of a CPU say little.
+
+    Args:
+        wall: wall-clock seconds of the timing.
+        cpu: CPU seconds of the process in that time, all threads together.
+        device: where the products ran.
+    """
+    if torch.device(device).type == "cpu" and cpu < LEAST_SHARE * wall:
+        print_note(
+            f"the process had a processor for {cpu / wall:.0%} of the time: other work runs on this machine, and the "
+            "times have its noise; repeat it when the machine is idle"
+        )
+
+
+def _check_model(source: str, bits: int | None) -> None:
+    """Raise an AceError if a model cannot be timed with these bits, before it is loaded if that is known."""
     check_source(source, any_format=True)
+    if bits is not None and format_of(source).name == "packed":
+        raise ArgumentError(
+            f"--bits {bits}: {source} is packed already, and is timed as it is stored: leave --bits out, or name the "
+            "pruned folder that it was packed from"
+        )
     if format_of(source).name == "dense" and surely_not_pruned(source, LEAST_PACKED_ZEROS):
         raise ArgumentError(
             f"{source} is not pruned, so it has no layers to pack and time: prune it first (ace-triton prune "

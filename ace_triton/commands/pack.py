@@ -167,6 +167,11 @@ def pack(
         )
     sizes = (weight_file_bytes(src), (out / TENSORS_FILE).stat().st_size)
     print_line(f"weight files: {' -> '.join(map(shown_bytes, sizes))}")
+    if 0 < sizes[0] < result.dense_bytes:
+        print_note(
+            f"the files of {name_of(src)} store the weights in fewer bits than the loaded model has, whose layers in "
+            f"the table take {shown_bytes(result.dense_bytes)}"
+        )
     print_line(f"written to {out}")
 
 

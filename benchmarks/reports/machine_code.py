@@ -66,6 +66,12 @@ alignment and block sizes that its public launcher chooses, and disassembles it.
   issued; 64 for integer and logic, 128 for fp32, 64 on A100, 16 for conversions and bit counts, 32 for
   memory), over the time for the bytes that must cross DRAM, at data-sheet bandwidth. Below 1, the kernel is
   bound by memory. Latency, launches and caches are not included.
+- A packed product beside a dense one that only waits for its bytes: take the larger of 1 and the ratio, times the share
+  of the dense bytes that the packed weight has (0.56 for 2:4 in bf16, 0.32 for 8 bits, 0.20 for 4 bits). Above 1, the
+  estimate says that the packed product takes longer, in spite of its fewer bytes.
+- Targets: sm_80 is the A100, sm_86 the GeForce RTX 30 series and the A10, sm_89 the RTX 40 series and the L40S, sm_90
+  the H100 and H200, sm_100 the B200, sm_120 the RTX 50 series; gfx90a is AMD's MI200 series, gfx942 the MI300 series,
+  gfx1100 the Radeon RX 7900.
 - nm_linear_mma is inline PTX for NVIDIA GPUs. It never ran on a GPU and is used only on request; tests/ptx runs its
   PTX through a model of the instruction.
 - If an operation has several launches, the first one is shown. coupling and cosp_select are bound by matrix

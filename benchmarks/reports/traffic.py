@@ -318,7 +318,8 @@ def page(ours: list[Row], layers: list[LayerRow], blocks: list[BlockRow], publis
         "between two. *Issued* counts every load and store. *Fewest* is what any implementation must read and write "
         "once. Launches are kernels, or torch operations that touch data; in the published forms, most operations are "
         "one or more kernels. nm_linear_mma is missing: its inline PTX does not run in the interpreter, which "
-        "counts the bytes.",
+        "counts the bytes. quantize_nm and pack_rows are made of torch operations, which read and write between them: "
+        "they run once, when a weight is packed.",
         "",
     ]
     for title, rows in (

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ace_triton import NMLinear, load
+from ace_triton.commands import bench as bench_command
 from ace_triton.inputs.checkpoint import load as load_dense
 from ace_triton.packed.bench import LayerKind, bench_layer
 from ace_triton.packed.dispatch import default_limits
@@ -173,6 +174,36 @@ def test_bench_refuses_a_dense_model_before_it_is_loaded(command, tiny_checkpoin
     code, _, errors = command("bench", "--model", tiny_checkpoint, *words)
     assert code == 1
     assert f"{tiny_checkpoint} is not pruned, so it has no layers to pack and time: prune it first" in errors
+
+
+@pytest.mark.parametrize("words", [(), ("--tokens", 4)])
+def test_bench_refuses_bits_for_a_packed_model_before_it_is_loaded(command, packed, monkeypatch, words):
+    monkeypatch.setattr("ace_triton.commands.bench.load_model", None)
+    code, _, errors = command("bench", "--model", packed, "--bits", 8, *words)
+    assert code == 1
+    assert f"--bits 8: {packed} is packed already, and is timed as it is stored: leave --bits out" in errors
+
+
+def test_bench_decodes_with_the_bits_that_are_asked_for(command, pruned, monkeypatch):
+    found = []
+    times = bench_command.decoding_times
+
+    def spy(model, *args, **options):
+        found.extend(layer.bits for layer in model.modules() if isinstance(layer, NMLinear))
+        return times(model, *args, **options)
+
+    monkeypatch.setattr(bench_command, "decoding_times", spy)
+    code, _, errors = command("bench", "--model", pruned, "--tokens", 2, "--bits", 4)
+    assert code == 0, errors
+    assert found == [4] * 14
+
+
+@pytest.mark.parametrize(
+    ("cpu", "device", "says"), [(3.0, "cpu", True), (9.0, "cpu", False), (40.0, "cpu", False), (3.0, "cuda:0", False)]
+)
+def test_bench_says_when_other_work_runs_on_the_machine(capsys, cpu, device, says):
+    bench_command._note_other_work(10.0, cpu, device)
+    assert ("the process had a processor for 30% of the time" in capsys.readouterr().err) == says
 
 
 def test_the_number_of_threads_is_in_words(monkeypatch):

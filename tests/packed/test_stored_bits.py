@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ace_triton import PackedError, Quantization, Recipe, RecipeError, fuse_products, load, pack_model
+from ace_triton.commands import pack as pack_command
 from ace_triton.commands.recipe_file import SavedRun
 from ace_triton.commands.recipe_flags import recipe_from, stored_from
 from ace_triton.kernels.packed_dense import quantize_dense
@@ -69,6 +70,14 @@ def test_bits_ask_for_a_packed_model(command, dense, tmp_path):
     assert "--head-bits: bits must be one of 8, 4; got 5" in errors
 
 
+def test_pack_says_why_a_source_in_few_bits_is_small(command, dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack_command, "weight_file_bytes", lambda source: 10)
+    code, out, errors = command("pack", dense(), tmp_path / "out", "--all-bits", 8)
+    assert code == 0, errors
+    assert "weight files: 0.0 KB -> " in out
+    assert "the files of dense store the weights in fewer bits than the loaded model has" in " ".join(errors.split())
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_all_bits_store_a_dense_model_by_one_option(command, dense, tmp_path, tied):
     source = dense(tied)
@@ -77,6 +86,7 @@ def test_all_bits_store_a_dense_model_by_one_option(command, dense, tmp_path, ti
     folders = (source, tmp_path / "out")
     before, after = (sum(file.stat().st_size for file in of.glob("*.safetensors")) / 1e3 for of in folders)
     assert f"weight files: {before:.1f} KB -> {after:.1f} KB" in out
+    assert "in fewer bits" not in errors
     assert "loses less" not in errors + out
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# dense stored in 8 bits" in card
