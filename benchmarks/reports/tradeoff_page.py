@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from .tradeoff_points import (
 SIZES = (4.0, 2.0, 1.1, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Limits of bytes a weight for which the page names the best form."""
 
-SPEEDS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+SPEEDS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 """The same for tokens a second, over those of the dense model in float32."""
 
 NOT_MEASURED = "Not measured yet: the dense model in float32, or any pruned form."
@@ -79,10 +79,11 @@ def _decoders(content: dict[str, Any]) -> str:
 def _section(name: str, found: dict[str, Any], machines: Sequence[dict[str, Any]]) -> list[str]:
     points = points_of(found)
     lines = [f"## {name}", "", _setting(found, points), "", *size_decision(points), ""]
-    for machine in machines:
-        timed = [point for point in points_of(found, machine["speed"]) if point.faster is not None]
+    timed_on = [[point for point in points_of(found, of["speed"]) if point.faster is not None] for of in machines]
+    anywhere = {point.form for timed in timed_on for point in timed}
+    for machine, timed in zip(machines, timed_on, strict=True):
         lines += [f"### Speed on {title(machine['environment'])}", "", _speed_setting(machine["speed"]), ""]
-        lines += [*speed_decision(points, timed), ""]
+        lines += [*speed_decision(points, timed, anywhere), ""]
     lines += [] if machines else ["Speeds are not measured yet.", ""]
     return [*lines, "### All forms", "", *_table(found, machines), ""]
 
@@ -154,18 +155,29 @@ def size_decision(points: Sequence[Point]) -> list[str]:
     return [*lines, "", _front("size", points, size_cost)]
 
 
-def speed_decision(points: Sequence[Point], timed: Sequence[Point]) -> list[str]:
+def speed_decision(points: Sequence[Point], timed: Sequence[Point], anywhere: Collection[Form]) -> list[str]:
     """What the perplexities and speeds of a model on one machine say, as Markdown.
 
     Args:
         points: all forms.
         timed: the forms whose speed was measured there.
+        anywhere: the forms whose speed was measured on some machine. Without those that are not pruned, a machine
+            decides nothing.
     """
     dense, entries = dense_of(points), _best_by_speed(timed)
     if dense is None or not entries:
         return [NOT_MEASURED]
-    lines = _limits(f"{SPEED_WORDS}, at least", entries, dense)
-    if not _missing(points):
+    here = {point.form for point in timed}
+    untimed = [form for form in anywhere if not form.pattern and form not in here]
+    lines = []
+    if untimed:
+        lines += [
+            f"**Not decided on this machine. Not timed on it: {'; '.join(sorted(map(str, untimed)))}. The table shows "
+            "the best of the forms that are.**",
+            "",
+        ]
+    lines += _limits(f"{SPEED_WORDS}, at least", entries, dense)
+    if not untimed and not _missing(points):
         lines += ["", _verdict("speed", "fastest", entries, points, dense)]
     return [*lines, "", _front("speed", timed, speed_cost)]
 

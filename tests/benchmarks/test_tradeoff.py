@@ -67,7 +67,7 @@ def test_it_says_not_to_prune_if_a_form_without_pruning_is_always_better():
     assert "**Do not prune for size: at every limit in the table a form that is not pruned has the lowest" in text
     assert "The smallest of them is llama.cpp Q4_0 (0.56 bytes a weight, 1.10 times the dense perplexity).**" in text
     assert "**Do not prune for speed: at every limit in the table a form that is not pruned has the lowest" in text
-    assert "The fastest of them is llama.cpp Q4_K_M (0.65 bytes a weight, 4.00 times the dense speed, 1.07" in text
+    assert "The fastest of them is llama.cpp Q4_0 (0.56 bytes a weight, 5.00 times the dense speed, 1.10" in text
     assert "| 0.6 | llama.cpp Q4_0 | 33.0 (1.10x) | 8:16 4 bits | 60.0 (2.00x) |" in text
     assert "(no other form is better in one and as good in the other): llama.cpp Q4_0; llama.cpp Q4_K_M;" in text
     assert "None of these 5 forms is pruned." in text
@@ -196,6 +196,18 @@ def test_the_page_has_the_speeds_of_each_machine_the_shown_one_first():
     del both["shown"]
     text = page(both)
     assert text.index("### Speed on a processor, avx512\n") < text.index("### Speed on a processor, avx2\n")
+
+
+def test_a_machine_without_some_speed_of_a_form_that_is_not_pruned_decides_nothing():
+    both = on_another_machine(record({"8:16 4 bits": (0.6, 60.0, 6.5)}), 2)
+    (found,) = both["models"].values()
+    other = found["machines"][1]["speed"]
+    other[:] = [entry for entry in other if entry["form"]["weights"] != "Q4_0"]
+    text = page(both)
+    assert text.count("**Not decided on this machine. Not timed on it: llama.cpp Q4_0.") == 1
+    place = text.index("### Speed on a processor, avx512\n")
+    assert "**Not decided on this machine." not in text[:place]
+    assert "best one at some limit of speed" not in text[place:]
 
 
 def test_the_picture_and_the_advice_are_of_the_shown_machine():
