@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .launch import is_aligned
+from .launch import has_memory, is_aligned
 
 
 @dataclass
@@ -43,7 +43,7 @@ class BoundCall:
 
     def takes(self, *sources: torch.Tensor) -> bool:
         """True if the kernels are right for these inputs: they fit, have memory, and are aligned."""
-        return self.fits(*sources) and all(source.data_ptr() and is_aligned(source) for source in sources)
+        return self.fits(*sources) and all(has_memory(source) and is_aligned(source) for source in sources)
 
     def fits(self, *sources: torch.Tensor) -> bool:
         """True if there are as many inputs as in the call, in the same forms and on its device."""

@@ -75,6 +75,11 @@ def is_aligned(tensor: torch.Tensor) -> bool:
     return tensor.data_ptr() % ACCESS_BYTES == 0
 
 
+def has_memory(tensor: torch.Tensor) -> bool:
+    """True if the tensor has an address: one without elements, or whose storage was freed, has none."""
+    return tensor.data_ptr() != 0
+
+
 def narrowest(size: int, widths: tuple[int, ...]) -> int:
     """The width whose multiples cover ``size`` with the least padding; on a tie, the widest."""
     return min(widths, key=lambda width: (math.ceil(size / width) * width, -width))
