@@ -21,7 +21,7 @@ import torch
 
 from . import cpu_packed
 from .errors import ArgumentError
-from .linear_call import check_linear, of_shape, rows_of
+from .linear_call import check_linear, of_shape, outputs_of_dense, rows_of
 from .nm_linear import nm_linear_reference
 from .op import Op, Work, bytes_of
 from .packed_dense import PackedDense, dequantize_dense
@@ -68,8 +68,7 @@ def expanded_linear_reference(
         return rows_linear_reference(tokens, packed, bias)
     if isinstance(packed, PackedNM):
         return nm_linear_reference(tokens, packed if packed.absmax is None else dequantize_nm(packed), bias)
-    outputs = tokens.float() @ dequantize_dense(packed).float().t()
-    return (outputs if bias is None else outputs + bias.float()).to(tokens.dtype)
+    return outputs_of_dense(tokens, dequantize_dense(packed), bias)
 
 
 def _expanded_linear_cpu(tokens: torch.Tensor, packed: ExpandedWeight, bias: torch.Tensor | None) -> torch.Tensor:

@@ -49,6 +49,13 @@ def of_shape(outputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return outputs if tokens.dim() == 2 else outputs.reshape(*tokens.shape[:-1], outputs.shape[1])
 
 
+def outputs_of_dense(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The references' product: outputs [..., out_features] in the dtype of ``tokens``, computed in fp32 from a dense
+    weight [out_features, in_features]."""
+    outputs = tokens.float() @ weight.float().t()
+    return (outputs if bias is None else outputs + bias.float()).to(tokens.dtype)
+
+
 def bound(
     product: Callable[[torch.Tensor], torch.Tensor],
     tokens: torch.Tensor,

@@ -19,7 +19,7 @@ import torch
 
 from . import cpu_packed, launch, launch_packed
 from .bound_launch import BoundCall
-from .linear_call import bound, check_linear, few_bits_constants, launched, of_shape, rows_of
+from .linear_call import bound, check_linear, few_bits_constants, launched, of_shape, outputs_of_dense, rows_of
 from .nm_linear_dot import nm_linear_dot
 from .nm_linear_few_bits import nm_linear_few_bits
 from .op import Op, Work, bytes_of, launch_metadata
@@ -66,11 +66,7 @@ def nm_linear_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tens
     """The outputs, computed with plain torch from the dense weight in fp32."""
     if packed.absmax is not None:
         packed = dequantize_nm(packed, torch.float32)
-    weight = unpack_nm_reference(packed).float()
-    outputs = tokens.float() @ weight.t()
-    if bias is not None:
-        outputs = outputs + bias.float()
-    return outputs.to(tokens.dtype)
+    return outputs_of_dense(tokens, unpack_nm_reference(packed), bias)
 
 
 def _by_reference(tokens: torch.Tensor, packed: PackedNM, bias: torch.Tensor | None) -> torch.Tensor:

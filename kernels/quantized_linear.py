@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from . import cpu_packed
-from .linear_call import check_linear, of_shape, rows_of
+from .linear_call import check_linear, of_shape, outputs_of_dense, rows_of
 from .nm_linear import nm_linear_launched
 from .op import Op, Work, bytes_of
 from .packed_dense import PackedDense, dequantize_dense
@@ -37,10 +37,7 @@ def quantized_linear_reference(
     tokens: torch.Tensor, packed: PackedDense, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The outputs, computed with plain torch from the dense weight in fp32."""
-    outputs = tokens.float() @ dequantize_dense(packed, torch.float32).t()
-    if bias is not None:
-        outputs = outputs + bias.float()
-    return outputs.to(tokens.dtype)
+    return outputs_of_dense(tokens, dequantize_dense(packed, torch.float32), bias)
 
 
 def _by_reference(tokens: torch.Tensor, packed: PackedDense, bias: torch.Tensor | None) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from . import cpu_packed, launch_packed
 from .bound_launch import BoundCall
-from .linear_call import bound, check_linear, launched, of_shape, rows_of
+from .linear_call import bound, check_linear, launched, of_shape, outputs_of_dense, rows_of
 from .nm_linear import add_products, store_sums
 from .op import Op, Work, bytes_of, launch_metadata
 from .pack_rows import load_kept, row_of, unpack_rows_reference
@@ -49,10 +49,7 @@ def bound_rows_linear(
 
 def rows_linear_reference(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The outputs, computed with plain torch from the dense weight in fp32."""
-    outputs = tokens.float() @ unpack_rows_reference(packed).float().t()
-    if bias is not None:
-        outputs = outputs + bias.float()
-    return outputs.to(tokens.dtype)
+    return outputs_of_dense(tokens, unpack_rows_reference(packed), bias)
 
 
 def _by_reference(tokens: torch.Tensor, packed: PackedRows, bias: torch.Tensor | None) -> torch.Tensor:

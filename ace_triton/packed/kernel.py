@@ -94,10 +94,10 @@ class Kernel(BoundProduct):
 
 def _is_expanded(rows: int, packed: Packed) -> bool:
     """True if a call with this many rows expands the weight."""
-    if packed.dtype != torch.bfloat16 or backend_of_device(packed.values.device) != "cpu":
+    found = expansion() if packed.dtype == torch.bfloat16 and packed.values.is_cpu else None
+    if found is None or rows <= FEW_ROWS[found].of_weight(pattern_of(packed), bits_of(packed)):
         return False
-    found = expansion()
-    return found is not None and rows > FEW_ROWS[found].of_weight(pattern_of(packed), bits_of(packed))
+    return backend_of_device(packed.values.device) == "cpu"
 
 
 def pattern_of(packed: Packed) -> tuple[int, int] | None:

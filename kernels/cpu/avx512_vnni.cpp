@@ -59,16 +59,7 @@ inline void spread_linear(const FewBitsWeight& w, const FewBitsTask& task, int64
     const int64_t groups = (w.cols + task.group - 1) / task.group;
     const int64_t middle = places.safe < begin ? begin : places.safe < end ? places.safe : end;
     const auto rows = [&](int64_t i, auto last) ACE_INLINED {
-        return SpreadRows<Bytes, KEPT, decltype(last)::value>{
-            w.values + i * places.stride,
-            w.values + w.rows * places.stride,
-            w.meta ? w.meta + i * places.words : nullptr,
-            w,
-            i,
-            places.stride,
-            places.words,
-            groups,
-            places.chunk_bytes};
+        return rows_from<Bytes, KEPT, decltype(last)::value>(w, places, i, groups);
     };
     int64_t i = begin;
     for (; i + OUTPUT_TILE <= middle; i += OUTPUT_TILE) {

@@ -15,6 +15,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx512vbmi2")
 // Of the undefined registers in GCC 12's own headers.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #define ACE_WIDTH 16
@@ -82,16 +83,8 @@ private:
     __mmask32 there_;
 };
 
-ACE_INLINE void prefetch(const void* from, int64_t bytes) {
-    constexpr int64_t LINE = 64;
-    constexpr int SECOND_LEVEL = 2;
-    for (int64_t k = 0; k < bytes + LINE; k += LINE) {
-        __builtin_prefetch(static_cast<const uint8_t*>(from) + k, 0, SECOND_LEVEL);
-    }
-}
-
-// Expands chunks of a row. An integer times a bf16 absmax has at most 15 bits. Its quotient by 127 or 7
-// is then too far from the middle of two bf16 numbers for the fp32 errors here to change how it is rounded.
+// Expands chunks of a row. An integer times a bf16 absmax has at most 15 bits. Its quotient by 127 or 7 is then too far
+// from the middle of two bf16 numbers for the fp32 errors here to change how it is rounded.
 template <typename Row>
 ACE_INLINE void expand_row(const Row& row, const float* scales, int64_t chunks, uint32_t* to) {
     const IntegersOfBytes integers;
@@ -117,20 +110,16 @@ inline void expand_block(const ExpandedTask& task, const Block& block, uint32_t*
     const bool last = block.first_step + block.steps == places.words;
     const StepScales scales(task, block, Bytes::LARGEST);
     const auto row = [&](int64_t i, auto ends) ACE_INLINED {
-        const uint8_t* from = few.values + i * places.stride + first * places.chunk_bytes;
-        const uint32_t* bits = KEPT == Kept::all ? nullptr : w.meta + i * places.words;
-        return SpreadRow<Bytes, KEPT, decltype(ends)::value>{
-            from, few.values + w.rows * places.stride, bits ? bits + block.first_step : nullptr,
-            bits ? bits + places.words - 1 : nullptr, places.stride, places.words, places.chunk_bytes};
+        return rows_from<Bytes, KEPT, decltype(ends)::value>(few, places, i, 0).row(0, first);
     };
     for (int64_t r = 0; r < block.outputs; ++r) {
         // The next block of inputs or, behind the last one, the row that follows in this one's place.
         const int64_t i = block.first_output + r, below = i + block.outputs;
-        prefetch(few.values + (last ? below * places.stride : i * places.stride + (first + chunks) * places.chunk_bytes),
-                 chunks * places.chunk_bytes);
+        const int64_t later = last ? below * places.stride : i * places.stride + (first + chunks) * places.chunk_bytes;
+        prefetch_block(few.values + later, chunks * places.chunk_bytes + CACHE_LINE);
         if (KEPT != Kept::all) {
             const int64_t next = last ? below * places.words : i * places.words + block.first_step + block.steps;
-            prefetch(w.meta + next, block.steps * 4);
+            prefetch_block(w.meta + next, block.steps * 4 + CACHE_LINE);
         }
         alignas(64) float of_steps[SCALES];
         scales.store(r, of_steps);

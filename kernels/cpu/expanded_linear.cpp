@@ -6,27 +6,25 @@
 #include "threads.h"
 
 #include <cstring>
-#include <memory>
 
 namespace ace {
 namespace {
 
 std::atomic<bool> tiles_allowed{true};
 
-// Memory for `count` words, aligned to a cache line.
+// Memory for `count` words that begins with a cache line and holds anything.
 class Words {
 public:
-    explicit Words(int64_t count) : memory_(new uint8_t[count * sizeof(uint32_t) + LINE]) {}
+    explicit Words(int64_t count) : count_(count), words_(LineAllocator<uint32_t>().allocate(count)) {}
+    Words(const Words&) = delete;
+    Words& operator=(const Words&) = delete;
+    ~Words() { LineAllocator<uint32_t>().deallocate(words_, count_); }
 
-    uint32_t* data() {
-        const auto place = reinterpret_cast<uintptr_t>(memory_.get());
-        return reinterpret_cast<uint32_t*>((place + LINE - 1) / LINE * LINE);
-    }
+    uint32_t* data() { return words_; }
 
 private:
-    static constexpr uintptr_t LINE = 64;
-
-    std::unique_ptr<uint8_t[]> memory_;
+    const int64_t count_;
+    uint32_t* const words_;
 };
 
 // The product of all tokens; `all.pairs` is unused.

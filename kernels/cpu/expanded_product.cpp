@@ -39,11 +39,9 @@ ACE_PAIRS inline int64_t start_of(const PackedWeight& w, int64_t i) {
     return start < 0 ? 0 : start < w.n_values ? start : w.n_values;
 }
 
-// Expands a block of bf16 values; `next` has the place of each row's next value. Prefetches the row's values of the next
-// block of inputs or, behind the last one, those of the row that follows in its place.
+// Expands a block of bf16 values; `next` has the place of each row's next value. Prefetches the row's values of the
+// next block of inputs or, behind the last one, those of the row that follows in its place.
 ACE_PAIRS void expand(const ExpandedTask& task, const Block& block, int64_t* next, uint32_t* to) {
-    constexpr int64_t LINE = 64 / sizeof(uint16_t);
-    constexpr int SECOND_LEVEL = 2;
     const PackedWeight& w = task.weight;
     const int64_t words = steps_of(task), most = (block.steps + 1) * TILE_INPUTS;
     const int64_t usual = w.n_values / w.rows * block.steps / words;
@@ -53,9 +51,7 @@ ACE_PAIRS void expand(const ExpandedTask& task, const Block& block, int64_t* nex
         const uint32_t* meta = w.meta + i * words + block.first_step;
         uint32_t* row = to + r / TILE * ROW_BLOCK + r % TILE * TILE;
         const int64_t after = last && below < w.rows ? start_of(w, below) : next[r] + usual;
-        for (int64_t k = 0; k < usual; k += LINE) {
-            __builtin_prefetch(static_cast<const uint16_t*>(w.values) + after + k, 0, SECOND_LEVEL);
-        }
+        prefetch_block(static_cast<const uint16_t*>(w.values) + after, usual * int64_t(sizeof(uint16_t)));
         next[r] = next[r] + most <= w.n_values ? expand_row<true>(w, next[r], meta, block.steps, row)
                                                : expand_row<false>(w, next[r], meta, block.steps, row);
     }
@@ -70,8 +66,9 @@ struct Operands {
     bool first;          // the sums begin here
 };
 
-// Tiles 0 to 3 are sums of 4 / TOKENS blocks of outputs with TOKENS blocks of tokens. Loads that stream leave the tokens,
-// which the next blocks of outputs need, in the first-level cache. GCC does not know that tiles read and write memory.
+// Tiles 0 to 3 are sums of 4 / TOKENS blocks of outputs with TOKENS blocks of tokens. Loads that stream leave the
+// tokens, which the next blocks of outputs need, in the first-level cache. GCC does not know that tiles read and write
+// memory.
 template <int TOKENS>
 ACE_TILES inline void add_tiles(const Operands& x) {
     constexpr int64_t BYTES = TILE * 4;

@@ -1,6 +1,6 @@
-// Products of many bf16 tokens with a packed weight, on processors that multiply pairs of bf16 numbers. Kept weights, or
-// the integers of quantized ones, are expanded to bf16, block by block, into the cache and multiplied there: by tiles
-// (AMX) or vectors (AVX512-BF16).
+// Products of many bf16 tokens with a packed weight, on processors that multiply pairs of bf16 numbers. Kept weights,
+// or the integers of quantized ones, are expanded to bf16, block by block, into the cache and multiplied there: by
+// tiles (AMX) or vectors (AVX512-BF16).
 #pragma once
 
 #include "tasks.h"
@@ -11,10 +11,15 @@ namespace ace {
 
 // Rows and columns of a tile of 32-bit words, of which each is a pair of bf16 numbers: those of two neighboring inputs.
 constexpr int64_t TILE = 16, TILE_WORDS = TILE * TILE, TILE_INPUTS = 2 * TILE;
+constexpr int64_t CACHE_LINE = 64;
+
+inline int64_t blocks_of(int64_t count) { return (count + TILE - 1) / TILE; }
+
 // Tokens that are multiplied by one expansion of the weight.
 constexpr int64_t MOST_EXPANDED_TOKENS = 512;
-// The most outputs and steps of TILE_INPUTS inputs in a block of expanded weights. The steps of two blocks of tokens fit
-// in the first-level cache (48 KB on processors with tiles); all tokens, the block and its sums in the second level (2 MB).
+// The most outputs and steps of TILE_INPUTS inputs in a block of expanded weights. The steps of two blocks of tokens
+// fit in the first-level cache (48 KB on processors with tiles); all tokens, the block and its sums in the second level
+// (2 MB).
 constexpr int64_t EXPANDED_OUTPUTS = 256, EXPANDED_STEPS = 20;
 // The most outputs if they are multiplied by vectors: such processors may have a second-level cache of 1 MB.
 constexpr int64_t VECTOR_OUTPUTS = 64;
@@ -48,7 +53,7 @@ struct ExpandedScratch {
 struct Block {
     int64_t first_output, outputs, first_step, steps;
 
-    int64_t output_blocks() const { return (outputs + TILE - 1) / TILE; }
+    int64_t output_blocks() const { return blocks_of(outputs); }
 };
 
 constexpr int64_t ROW_BLOCK = EXPANDED_STEPS * TILE_WORDS;  // words of TILE outputs in a block

@@ -166,6 +166,21 @@ struct SpreadRows {
     }
 };
 
+// The rows of a quantized weight from row i on; `groups` is their number in a row, for those who ask for magnitudes.
+template <typename Bytes, Kept KEPT, bool LAST>
+ACE_INLINE SpreadRows<Bytes, KEPT, LAST> rows_from(const FewBitsWeight& w, const RowPlaces& places, int64_t i,
+                                                   int64_t groups) {
+    return {w.values + i * places.stride,
+            w.values + w.rows * places.stride,
+            w.meta ? w.meta + i * places.words : nullptr,
+            w,
+            i,
+            places.stride,
+            places.words,
+            groups,
+            places.chunk_bytes};
+}
+
 // The largest magnitudes of OUTPUTS rows, at most four, side by side for each group.
 template <int OUTPUTS>
 class MagnitudesOfFour {

@@ -13,8 +13,15 @@
 namespace ace {
 namespace {
 
-inline int64_t blocks_of(int64_t count) { return (count + TILE - 1) / TILE; }
 inline int64_t steps_of(const ExpandedTask& task) { return (task.weight.cols + TILE_INPUTS - 1) / TILE_INPUTS; }
+
+// Asks for a row's part of the next block in the second-level cache.
+inline void prefetch_block(const void* from, int64_t bytes) {
+    constexpr int SECOND_LEVEL = 2;
+    for (int64_t k = 0; k < bytes; k += CACHE_LINE) {
+        __builtin_prefetch(static_cast<const uint8_t*>(from) + k, 0, SECOND_LEVEL);
+    }
+}
 
 // Transposes 16 x 16 words.
 ACE_PAIRS inline void transpose(__m512i (&rows)[TILE]) {
